@@ -88,7 +88,7 @@ PARTS: Mapping[str, PartEntry] = {
     "workers": PartEntry(
         title="several API processes", needs=["recordings", "hardening"], settings=["api_server_count"]
     ),
-    "ray": PartEntry(title="Ray Serve"),
+    "ray": PartEntry(title="Ray Serve", needs=["run"]),
     "otel": PartEntry(title="OpenTelemetry", settings=["otlp_endpoint"]),
 }
 

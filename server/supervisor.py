@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineProcessConfig
+from engine.shared.launcher import handling
 from server.model_paths import ModelOnDisk, api_model_config, engine_process_config, resolve_models
 from server.part_table import load_module
 from server.processes.child_process import RELOAD_SIGNAL, Child, Clock, StopSignals, SupervisorError
@@ -332,7 +333,7 @@ def supervise(settings: Settings, commands: Commands | None = None, clock: Clock
 
         load_api_keys(settings)  # an error in the file must not wait for the model
     # By default, PID 1 of a container ignores SIGTERM.
-    with _handling([signal.SIGTERM], _exit), _handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
+    with handling([signal.SIGTERM], _exit), handling([RELOAD_SIGNAL] if reloads else [], signal.SIG_IGN):
         models = resolve_models(settings)
         with (
             closing(SocketFolder()) as sockets,
@@ -382,17 +383,6 @@ def _engine_name(model: ModelOnDisk, rank: int) -> str:
 
 def _exit(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
-
-
-@contextmanager
-def _handling(signums: Sequence[signal.Signals], handler: signal.Handlers | Callable[..., None]) -> Iterator[None]:
-    """Handle signals with `handler`, for example during a download."""
-    previous = {signum: signal.signal(signum, handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, handler_before in previous.items():
-            signal.signal(signum, handler_before)
 
 
 @contextmanager

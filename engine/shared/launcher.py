@@ -9,8 +9,10 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
+from types import FrameType, ModuleType
 
 PR_SET_PDEATHSIG = 1
 NO_MEMORY = ("failed to map segment", "Cannot allocate memory")  # errors of the dynamic linker
@@ -50,6 +52,24 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(error, os.strerror(error))
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def handling(
+    signums: Sequence[int], handler: signal.Handlers | Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle signals with `handler`, for example during a download."""
+    previous = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler_before in previous.items():
+            signal.signal(signum, handler_before)
+
+
+def leave(signum: int, frame: FrameType | None) -> None:
+    """Turn a signal that would end this process into SystemExit, so that what it has begun is ended in order."""
+    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":

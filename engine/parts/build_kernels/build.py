@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import FrameType
 
 from engine.kernels.cpu.library import (
     CODE_PATHS,
@@ -39,6 +38,7 @@ from engine.kernels.cpu.library import (
     library_name,
 )
 from engine.shared.files import is_sealed, replace_durably, seal
+from engine.shared.launcher import handling, leave
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,10 @@ def run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
         for line in lines:
             logger.debug("%s", line)
 
-    with _exit_on_sigterm(), ThreadPoolExecutor(num_processes()) as pool:
+    is_main = threading.current_thread() is threading.main_thread()
+    # So that the compiler is not left running, unless the signal is handled already.
+    signums = [signal.SIGTERM] if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
+    with handling(signums, leave), ThreadPoolExecutor(num_processes()) as pool:
         try:
             for number, run_ended in enumerate(as_completed([pool.submit(run, each) for each in commands]), 1):
                 run_ended.result()
@@ -246,24 +249,6 @@ def run_all(commands: Sequence[Command], folder: Path, temporary: Path) -> None:
                 if process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, unless it is handled already, so that the compiler is not left running."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit(signum: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
 
 
 def _first_error(lines: list[str], status: int) -> str:

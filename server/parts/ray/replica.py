@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -28,6 +27,7 @@ import msgspec
 from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from server.parts.run.commands import COMMAND
 from server.settings.table import Settings
 from server.sockets import SocketFolder
 
@@ -43,7 +43,6 @@ POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL for a server without requests
 FETCH_SECONDS = 5.0
 VISIBLE = bytes(range(0x21, 0x7F)).decode()  # characters
-COMMAND = (sys.executable, "-P", "-m", "server.parts.ray.child")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

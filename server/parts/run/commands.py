@@ -1,6 +1,7 @@
 """`lightwell run`: starts a server, chats with it, and stops it at the end. Its flags are those of `serve` and a chat.
 
-`python -m server.parts.run.commands` is that server: `lightwell serve` with its settings as JSON on standard input.
+`python -m server.parts.run.commands` is that server: `lightwell serve` with its settings as JSON on standard input. It
+ends with the thread that has started it.
 """
 
 import argparse
@@ -11,20 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from types import FrameType
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
-from engine.shared.launcher import die_with_parent
+from engine.shared.launcher import die_with_parent, handling, leave
 from server.cli.chat import add_conversation, chat
 from server.cli.http_client import accepts_connections, local_url
 from server.cli.parser import FAILURE, Commands, fail
 from server.cli.serve import add_settings
 from server.settings.load import load_settings
+from server.settings.setting import SettingsError
 from server.settings.table import SETTINGS, Settings
 
 COMMAND = (sys.executable, "-P", "-m", "server.parts.run.commands")
@@ -70,12 +69,7 @@ class ServerProcess:
         self.errors: list[str] = []  # messages; the first is the cause of those after it
         self.warnings: list[str] = []
         self._process = subprocess.Popen(
-            COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            process_group=0,
-            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  (this process has one thread)
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -135,24 +129,9 @@ def parse_record(line: bytes) -> dict[str, Any]:
     return {"level": "info" if message == text else "error", "message": message}
 
 
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Turn signals that would end this process into SystemExit, so that the server is stopped in order."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
 def run(settings: Settings, chat_flags: dict[str, Any]) -> int:
     """Serve and chat. Return the exit status of the chat. Raises CommandError."""
-    with exit_on_signals():
+    with handling((signal.SIGTERM, signal.SIGHUP), leave):  # so that the server is stopped in order
         server = ServerProcess(settings)
         try:
             url = server.wait_until_ready()
@@ -174,10 +153,11 @@ def main() -> int:
     from server.processes.child_process import SupervisorError
     from server.supervisor import supervise
 
+    die_with_parent(os.getppid())
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     try:
         return supervise(settings)
-    except (ModelError, SupervisorError) as error:
+    except (ModelError, SettingsError, SupervisorError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
         return FAILURE

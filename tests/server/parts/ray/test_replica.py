@@ -36,7 +36,9 @@ def _a_replica_context(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def supervisor() -> psutil.Process:
     """Return the server of the replica."""
-    (found,) = [child for child in psutil.Process().children() if "server.parts.ray.child" in " ".join(child.cmdline())]
+    (found,) = [
+        child for child in psutil.Process().children() if "server.parts.run.commands" in " ".join(child.cmdline())
+    ]
     return found
 
 
