@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -104,10 +103,7 @@ def _matrix_key(name: str) -> MatrixKey:
 
 
 # The settings of an adapter: how its matrices are scaled. It adds scale * B A to the model's own weights. Settings that
-# mean anything else are refused. Settings that have no effect on a trained adapter, such as its initialisation, are
-# ignored. All others are named in a warning.
-
-log = logging.getLogger(__name__)
+# mean anything else are refused, and all others ignored: they are about initialisation and training.
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -129,34 +125,6 @@ REFUSED_KEYS = {
 }
 # Those among them that select a method even if they are empty.
 REFUSED_OBJECTS = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora"}
-# Settings that are read.
-READ_KEYS = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights"}
-# Settings without an effect on a trained adapter: its origin, initialisation and training, and which modules it has.
-HARMLESS_KEYS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "velora_config",
-}
-KNOWN_KEYS = READ_KEYS | HARMLESS_KEYS | REFUSED_KEYS.keys()
-
 # PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the model's own weights, and the adapter depends on them. PEFT can save
 # all but LoftQ converted to plain LoRA, and writes "true" for those.
 HARMLESS_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -203,7 +171,6 @@ def read_lora_scales(path: Path) -> LoraScales:
     if (peft_type := fields.string("peft_type", "not named")) != "LORA":
         raise fields.error("peft_type", f"{shown(peft_type)} is not supported, only 'LORA'")
     _refuse_other_methods(fields)
-    _warn_about_unknown_keys(fields)
     alpha = fields.optional_number("lora_alpha", zero=False)
     if alpha is None:
         raise fields.error("lora_alpha", "is missing")
@@ -231,11 +198,6 @@ def _refuse_other_methods(fields: Fields) -> None:
             f"{shown(init)} changes the model's own weights, which is not supported; save the adapter as plain LoRA, "
             "with path_initial_model_for_weight_conversion of PEFT's save_pretrained",
         )
-
-
-def _warn_about_unknown_keys(fields: Fields) -> None:
-    if unknown := sorted(key for key, value in fields.values.items() if value and key not in KNOWN_KEYS):
-        log.warning("%s: ignored unknown settings: %s", fields.source, shown(unknown))
 
 
 def _patterns(fields: Fields, key: str) -> dict[str, float]:
