@@ -39,9 +39,6 @@ OLD_TEKKEN_TOKENS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TO
 OLD_TEKKEN_TOKENS += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"]
 OLD_TEKKEN_TOKENS += ["[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
 
-# The special tokens of Qwen 1, which follow its ranks; its files do not name them.
-QWEN_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205))]
-
 
 class Piece(NamedTuple):
     """A token of sentencepiece."""
@@ -251,7 +248,6 @@ def count(path: Path) -> int:
         return len(tekken.special_tokens) + len(tekken.ranks)
     if path.suffix == ".tiktoken" or is_tiktoken(path):
         size = max(read_tiktoken(path).values()) + 1
-        size += len(QWEN_SPECIAL_TOKENS) if path.name == "qwen.tiktoken" else 0
     else:
         size = len(read_sentencepiece(path).pieces)
     return max([size - 1, *read_added_tokens(path.parent)]) + 1

@@ -14,7 +14,6 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from engine.config.tokenizer_files import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_added_tokens
 from engine.parts.tokenizers.files import (
-    QWEN_SPECIAL_TOKENS,
     Piece,
     SentencePieceModel,
     is_tiktoken,
@@ -24,7 +23,6 @@ from engine.parts.tokenizers.files import (
 )
 from server.text.gguf_tokenizer import (
     LLAMA3,
-    QWEN2,
     SPACE,
     add_template,
     byte_alphabet,
@@ -34,8 +32,8 @@ from server.text.gguf_tokenizer import (
 )
 from server.text.tokenizer import token_text
 
-# The patterns of models whose files of ranks do not come with one, as transformers and Qwen 1's own code have them.
-TIKTOKEN_PATTERNS = {"tokenizer.model": LLAMA3, "qwen.tiktoken": QWEN2}
+# The patterns of models whose files of ranks do not come with one, as transformers has them.
+TIKTOKEN_PATTERNS = {"tokenizer.model": LLAMA3}
 
 MAX_ADDED_TOKENS = 100_000  # beyond the vocabulary of sentencepiece
 UNMATCHED = (UNKNOWN, CONTROL, UNUSED, BYTE)  # pieces that a text does not become by its characters
@@ -94,10 +92,6 @@ def _build_tekken(path: Path) -> _BuiltTokenizer:
 
 def _build_tiktoken(path: Path, added: dict[int, AddedToken], config: Mapping[str, Any]) -> _BuiltTokenizer:
     ranks = read_tiktoken(path)
-    if path.name == "qwen.tiktoken":
-        first_id = max(ranks.values()) + 1
-        tokens = [AddedToken(text, special=True, normalized=False) for text in QWEN_SPECIAL_TOKENS]
-        added = dict(enumerate(tokens, first_id)) | added
     pattern = config.get("pat_str", TIKTOKEN_PATTERNS.get(path.name))
     if not isinstance(pattern, str):
         raise ValueError(

@@ -147,7 +147,6 @@ def test_the_order_of_files(tmp_path: Path) -> None:
     [
         ("tokenizer.model", sentencepiece_model(LINES * 20, model_type="bpe"), None),
         ("tokenizer.model", RANKS, 256),
-        ("qwen.tiktoken", RANKS, 256 + 208),
         ("tekken.json", json.dumps(tekken()).encode(), 276),
     ],
 )

@@ -248,7 +248,6 @@ MISTRAL_MODELS = ("240216.model.v2", "240323.model.v3", "241114.model.v7")
 REAL = [
     *((MISTRAL_COMMON, f"{DATA}/mistral_instruct_tokenizer_{each}", "tokenizer.model") for each in MISTRAL_MODELS),
     ("llama-models==0.3.0", "llama_models/llama3/tokenizer.model", "tokenizer.model"),
-    ("dashscope==2.0.2", "dashscope/resources/qwen.tiktoken", "qwen.tiktoken"),
     *((MISTRAL_COMMON, f"{DATA}/tekken_{version}.json", "tekken.json") for version in ("240718", "240911")),
 ]
 
@@ -283,14 +282,6 @@ def test_special_tokens_of_a_tekken(ranks: dict[bytes, int], tmp_path: Path) -> 
     old = Tokenizer.from_model(write_tekken(tmp_path, ranks, None))
     ids = {"[INST]": 3, "[TOOL_CALLS]": 9, "[TOOL_CONTENT]": 19, "<SPECIAL_20>": 20}
     assert old.special_ids_in(ids) == ids
-
-
-def test_special_tokens_of_qwen(ranks: dict[bytes, int], tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_model(write_tiktoken(tmp_path / "qwen.tiktoken", ranks))
-    size = len(ranks)
-    assert tokenizer.encode("<|im_start|><|im_end|><|extra_204|>") == [size + 1, size + 2, size + 207]
-    assert tokenizer.vocab_size == size + 208
-    assert not tokenizer.add_bos
 
 
 def test_special_tokens_of_the_configuration(ranks: dict[bytes, int], tmp_path: Path) -> None:
