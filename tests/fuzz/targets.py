@@ -41,8 +41,8 @@ PATHS = (
     *("/api/chat", "/api/generate", "/api/embed", "/v1/chat/completions/render", "/v1/completions/render"),
 )
 TEMPLATES = (
-    *("Qwen-Qwen3-0.6B", "Qwen3-Coder", "llama-cpp-deepseek-r1", "google-gemma-4-31B-it", "MiniMax-M2", "Kimi-K3"),
-    *("poolside-Laguna-XS.2", "Seed-OSS", "deepseek-ai-DeepSeek-V4", "LFM2.5-8B-A1B"),
+    *("Qwen-Qwen3-0.6B", "Qwen3-Coder", "llama-cpp-deepseek-r1", "google-gemma-4-31B-it", "MiniMax-M2"),
+    *("poolside-Laguna-XS.2", "Seed-OSS", "LFM2.5-8B-A1B"),
     "mistralai-Mistral-Nemo-Instruct-2407",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tokenizer_config.json", "config.json")

@@ -104,12 +104,9 @@ HERMES, LLAMA3 = (load_template(name).tool_format for name in ("Qwen-Qwen3-0.6B"
 _OF_MISTRAL = ("mistralai-Mistral-Nemo-Instruct-2407", "unsloth-mistral-Devstral-Small-2507")
 MISTRAL, MISTRAL_NAMES = (load_template(name).tool_format for name in _OF_MISTRAL)
 WITH_CALLS = [name for name in NAMES if name not in WITHOUT_CALLS]
-# One template of each kind of arguments: as JSON, between tags, as literals and nested. The details of all the others
-# are for `make test-long`.
-KINDS = (
-    *("Qwen-Qwen3-0.6B", "Cohere2MoE", "Qwen3-Coder", "poolside-Laguna-XS.2", "Kimi-K3", "MiniMax-M3"),
-    "google-gemma-4-31B-it",
-)
+# One template of each kind of arguments: as JSON, between tags and as literals. The details of all the others are
+# for `make test-long`.
+KINDS = (*("Qwen-Qwen3-0.6B", "Cohere2MoE", "Qwen3-Coder", "poolside-Laguna-XS.2"), "google-gemma-4-31B-it")
 
 
 def kinds_first(names: Iterable[str]) -> pytest.MarkDecorator:

@@ -1,4 +1,4 @@
-"""Arguments that are literals of a programming language: the syntax, its reader, its grammar, and how it is found."""
+"""Arguments that are literals of a programming language: the syntax, its reader and its grammar."""
 
 import json
 import re

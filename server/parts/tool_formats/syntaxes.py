@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -12,7 +11,7 @@ from server.parts.tool_formats.harmony import ANALYSIS_TAGS, HARMONY_FORMAT, Har
 from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
 from server.parts.tool_formats.named import JSONArguments, MistralCall
 from server.parts.tool_formats.tags import TaggedArguments
-from server.text.parsers.tool_formats import ID, KEY, ObjectCall, ToolFormat
+from server.text.parsers.tool_formats import ID, ObjectCall, ToolFormat
 from server.text.templates.syntaxes import (
     ARGUMENTS,
     FIRST,
@@ -29,7 +28,7 @@ from server.text.templates.syntaxes import (
 )
 from server.text.templates.tool_probe import common_prefix
 
-_VALUES = {"string": re.escape(FIRST), "number": "73", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
+_VALUES = {"string": re.escape(FIRST), "number": "7", "boolean": "[Tt]rue", "object": r"\{", "array": r"\[\s*81"}
 
 
 class _Values(NamedTuple):
@@ -73,35 +72,20 @@ def find_literals(text: str, begin: int, name: str) -> FoundCall | None:
 
 
 def find_tags(text: str, begin: int, name: str) -> FoundCall | None:
-    """Find a call with arguments between tags."""
+    """Find a call with arguments between tags, which tell no types, and values that are not tags in turn."""
     if (found := _find_values(text, begin + len(name))) is None:
         return None
-    between = found.between.replace(KEYS[0], KEY)
-    after_value = common_prefix(between, found.rest.replace(KEYS[-1], KEY))
-    before_key = between.removeprefix(after_value)
-    if not after_value.strip() or not found.before.endswith(before_key) or not before_key:
+    after_value = common_prefix(found.between, found.rest)
+    before_key = found.between.removeprefix(after_value)
+    if not after_value.strip() or not found.before.endswith(before_key) or not before_key or KEYS[0] in found.between:
         return None
-    after_keys = _after_keys(text, found.positions)
-    syntax = TaggedArguments(
-        before_key,
-        found.after_key,
-        after_value,
-        after_keys=after_keys if len(set(after_keys.values())) > 1 else {},
-        is_padded=found.after_key.endswith("\n") and after_value.startswith("\n"),
-        is_nested=after_keys.get("object") is None,
-    )
-    rest = found.rest.removeprefix(after_value.replace(KEY, KEYS[-1]))
+    for position, key, kind in zip(found.positions, KEYS[:-1], TYPES, strict=False):
+        if not re.match(re.escape(key + found.after_key) + _VALUES[kind], text[position:]):
+            return None
+    is_padded = found.after_key.endswith("\n") and after_value.startswith("\n")
+    syntax = TaggedArguments(before_key, found.after_key, after_value, is_padded)
+    rest = found.rest.removeprefix(after_value)
     return FoundCall(text[:begin], found.before.removesuffix(before_key), rest, syntax)
-
-
-def _after_keys(text: str, positions: Sequence[int]) -> dict[str, str]:
-    """Return the text between the name and the value of a parameter, by the JSON type of the value."""
-    found = {}
-    for (begin, end), key, kind in zip(pairwise([*positions, len(text)]), KEYS, TYPES, strict=True):
-        match = re.search(_VALUES[kind], text[begin + len(key) : end])
-        if match is not None and kind not in found:
-            found[kind] = text[begin + len(key) :][: match.start()]
-    return found
 
 
 def find_json(text: str, begin: int, name: str) -> FoundCall | None:
@@ -174,9 +158,6 @@ TOOL_SYNTAXES = (
             ("<function=", "qwen3_coder", {}),
             ("<arg_key>", "glm", {}),
             ("<minimax:tool_call>", "minimax_m2", {}),
-            ("]<]minimax[>[", "minimax_m3", {}),
-            ("｜DSML｜", "deepseek_dsml", {}),
-            ("<|open|>", "kimi_k3", {}),
             ("atem:", "muse", {}),
         ),
         is_bare=False,

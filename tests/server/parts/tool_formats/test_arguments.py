@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from server.parts.tool_formats.argument_schema import JSON_TYPES, MAX_STEPS, ArgumentSchema, to_json
 from server.parts.tool_formats.literals import GEMMA, PYTHON, LiteralArguments
 from server.parts.tool_formats.named import MAX_HEAD_CHARS, UNDECIDED, Head
-from server.parts.tool_formats.tags import TaggedArguments, nested_to_json
-from server.text.parsers.tool_formats import INDEX, KEY, NAME, ToolFormat
+from server.parts.tool_formats.tags import TaggedArguments
+from server.text.parsers.tool_formats import INDEX, NAME, ToolFormat
 from tests.server.text.parsers import test_tool_parser
 from tests.support.growth import num_calls
 from tests.support.parsing import cut
@@ -21,7 +21,6 @@ from tests.support.tool_templates import load_template
 
 PADDED = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n", is_padded=True)
 GLM = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
-NESTED = TaggedArguments("NS<", ">", f"NS</{KEY}>", is_nested=True)
 Syntax = TaggedArguments | LiteralArguments
 SCHEMA: dict[str, Any] = {"properties": {"text": {"type": "string"}, "count": {"type": "integer"}}}
 
@@ -83,68 +82,6 @@ LAYOUTS = [
 @pytest.mark.parametrize(("text", "expected"), LAYOUTS)
 def test_layout_is_free_and_other_text_ends_the_arguments(text: str, expected: tuple[str, str, bool]) -> None:
     assert convert(PADDED, [text], SCHEMA) == convert(PADDED, list(text), SCHEMA) == expected
-
-
-def test_the_text_after_a_key_may_depend_on_the_type() -> None:
-    after_keys = {kind: f'" string="{str(kind == "string").lower()}">' for kind in ("string", "number", "object")}
-    syntax = TaggedArguments('<p name="', '" string="true">', "</p>", after_keys=after_keys)
-    text = '<p name="text" string="true">3</p><p name="count" string="false">3</p>x'
-    assert convert(syntax, list(text), SCHEMA) == ('{"text": "3", "count": 3}', "x", True)
-
-
-# Tags in tags.
-
-TREE = {"anyOf": [{"type": "integer"}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}]}
-NESTED_SCHEMA: dict[str, Any] = {
-    "properties": {
-        "list": {"type": "array", "items": {"type": "integer"}},
-        "lists": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
-        "object": {
-            "type": "object",
-            "properties": {"a": {"type": "string"}, "item": {"type": "boolean"}, "list": {"$ref": "#/properties/list"}},
-        },
-        "number": {"type": "number"},
-        "any": {},
-    }
-}
-
-
-TAGS_IN_TAGS = [
-    ("list", "NS<item>1NS</item>NS<item>2NS</item>", [1, 2]),
-    ("list", " \n", []),
-    ("list", "[1, 2]", [1, 2]),
-    ("lists", "NS<item>NS<item>1NS</item>NS</item>NS<item>NS</item>", [["1"], []]),
-    ("object", "NS<a>1NS</a>NS<list>NS<item>3NS</item>NS</list>", {"a": "1", "list": [3]}),
-    ("object", "NS<item>trueNS</item>", {"item": True}),
-    ("object", "", {}),
-    ("number", "0.5", 0.5),
-    ("any", "NS<item>1NS</item>", [1]),
-    ("any", "NS<a>xNS</a>", {"a": "x"}),
-    *(("list", text, text) for text in ("NS<item>1NS</x>", "xNS<item>1NS</item>", "NS<item>1", "NS</item>")),
-    ("list", "NS<item>1NS</item>x", "NS<item>1NS</item>x"),
-]
-
-
-@pytest.mark.parametrize(("key", "text", "value"), TAGS_IN_TAGS)
-def test_nested_values(key: str, text: str, value: Any) -> None:
-    assert json.loads(nested_to_json(text, ArgumentSchema(NESTED_SCHEMA), key, NESTED)) == value
-
-
-@pytest.mark.checklist("C24")
-def test_depth_is_bounded() -> None:
-    text = "NS<item>" * 500 + "NS</item>" * 500
-    assert json.loads(nested_to_json(text, ArgumentSchema(NESTED_SCHEMA), "any", NESTED))
-
-
-def test_members_may_have_the_name_of_the_argument() -> None:
-    """As in a tree. Tags in a string do not count."""
-    text, value = "NS<a>1NS</a>", '{"a": 1}'
-    for _ in range(4):
-        for pieces in ([text + "end"], list(text + "end")):
-            assert convert(NESTED, pieces, {"properties": {"a": TREE}}) == (value, "end", True)
-        text, value = f"NS<a>{text}NS</a>", f'{{"a": {value}}}'
-    string = {"properties": {"a": {"type": "string"}}}
-    assert convert(NESTED, ["NS<a>NS<a>NS</a>end"], string) == ('{"a": "NS<a>"}', "end", True)
 
 
 # Literals.
