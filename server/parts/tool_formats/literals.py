@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from server.parts.tool_formats.argument_schema import NUMBER, STRING, ArgumentSchema
+from server.parts.tool_formats.argument_schema import NUMBER, STRING
 from server.parts.tool_formats.grammar import ArgumentGrammar, Property, listed_values, times
 from server.parts.tool_formats.named import ArgumentsReader, NamedArguments
 from server.text.parsers.answer_parts import PieceReader
@@ -18,9 +18,7 @@ MAX_WORD_CHARS = 512
 _WORD = re.compile(r"""[^\s,:=(){}\[\]"'<]*""")
 _KEY = re.compile(r"""[^\n,:=(){}\[\]"'<]*""")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[^ux])", re.DOTALL)
-_NO_PROPERTIES: Mapping[str, Any] = {}
 _OPENERS = {"[": "]", "{": "}", "(": ")"}
-_JSON_OF = {"]": "]", "}": "}", ")": "]"}  # closing brackets in JSON
 
 
 class LiteralArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
@@ -45,11 +43,8 @@ class LiteralArguments(NamedArguments, msgspec.Struct, frozen=True, tag=True):
     def texts(self) -> tuple[str, ...]:
         return self.quotes
 
-    def prepare(self, schema: Schema) -> ArgumentSchema:
-        return ArgumentSchema(schema)
-
-    def arguments_reader(self, schema: ArgumentSchema) -> "LiteralArgumentsReader":
-        return LiteralArgumentsReader(self, schema)
+    def arguments_reader(self, schema: Any) -> "LiteralArgumentsReader":
+        return LiteralArgumentsReader(self)
 
     def write_rules(self, name: str, schema: Schema, markers: MarkerWriter) -> list[str]:
         return LiteralGrammar(name, self, schema, markers).write()
@@ -62,11 +57,9 @@ GEMMA = LiteralArguments(('<|"|>',), ":", "}", separator=",", has_escapes=False)
 class LiteralArgumentsReader(PieceReader, ArgumentsReader):
     """Converts arguments to JSON, token by token. Text that is no literal ends the arguments."""
 
-    def __init__(self, syntax: LiteralArguments, schema: ArgumentSchema) -> None:
-        """`schema` is that of the tool's parameters."""
+    def __init__(self, syntax: LiteralArguments) -> None:
         super().__init__(self._next)
         self._syntax = syntax
-        self._schema = schema
         words = dict(zip(syntax.words, ("true", "false", "null"), strict=True))
         self._words = {"true": "true", "false": "false", "null": "null"} | words
         self._json = ["{"]
@@ -74,8 +67,6 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
         self._is_first = True  # in the innermost bracket
         self._separator = ""  # in front of the next item, in JSON
         self._needs_value = False  # after a key
-        self._schemas = [schema.resolve(schema.root)]  # of what is in the open brackets
-        self._name = ""  # the last key
         self._is_key = False  # whether the string that is read is a key
         self._quote = ""
         self._ends = Markers(())
@@ -120,15 +111,14 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
         if (quote := self._find_quote()) is None:
             return False
         if quote:
-            self._is_key, self._name = True, ""
+            self._is_key = True
             return self._begin_string(quote)
         word = self._read_word(_KEY)
         if word is None:
             return False
         if not word.strip():
             return self._fail()
-        self._name = word.rstrip()
-        self._emit(json.dumps(self._name, ensure_ascii=False))
+        self._emit(json.dumps(word.rstrip(), ensure_ascii=False))
         self._state = self._after_key
         return True
 
@@ -154,7 +144,6 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
         if char in _OPENERS:
             self._read(1)
             self._emit("{" if char == "{" else "[")
-            self._schemas.append(self._schema.resolve(self._schema_of_value()))
             self._closers.append(_OPENERS[char])
             self._is_first, self._state = True, self._next
             return True
@@ -172,7 +161,6 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
         match = self._ends.find(self.unread)
         end = len(self.unread) - self._ends.num_partial(self.unread) if match is None else match.start()
         text = self._read(end)
-        self._name += text if self._is_key else ""
         self._json.append(json.dumps(text, ensure_ascii=False)[1:-1])
         if match is None:
             return False
@@ -197,14 +185,6 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
     def _assign(self) -> str:
         """The character between a key and its value."""
         return self._syntax.after_key if len(self._closers) == 1 else ":"
-
-    @property
-    def _properties(self) -> Mapping[str, Any]:
-        properties = self._schemas[-1].get("properties")
-        return properties if isinstance(properties, Mapping) else _NO_PROPERTIES
-
-    def _schema_of_value(self) -> Any:
-        return self._properties.get(self._name) if self._in_object else self._schemas[-1].get("items")
 
     def _find_quote(self) -> str | None:
         """Return the quote that the text begins with, "" if it begins with none, or None if that needs more text."""
@@ -253,8 +233,7 @@ class LiteralArgumentsReader(PieceReader, ArgumentsReader):
 
     def _close(self) -> None:
         closer = self._closers.pop()
-        self._schemas.pop()
-        self._json.append("}" if not self._closers else _JSON_OF[closer])
+        self._json.append("}" if closer == "}" or not self._closers else "]")
         self._is_first, self._separator = False, ""
         self._state = self._next if self._closers else self._end
 
