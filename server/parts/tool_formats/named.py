@@ -12,6 +12,12 @@ from server.text.parsers.tool_formats import ID, INDEX, KEY, NAME, SLOTS, Argume
 
 MAX_HEAD_CHARS = 512
 MAX_SPACE = 256  # characters of white space between a tool's name and its arguments
+SLOT_PATTERNS = {
+    NAME: re.compile(r"[a-zA-Z0-9_.-]{1,128}"),
+    ID: re.compile(r"[a-zA-Z0-9_.:-]{1,128}"),
+    INDEX: re.compile(r"[0-9]{1,9}"),
+    KEY: re.compile(r"""[^<>"'=:,(){}\s/][^<>"\n=]{0,127}"""),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +39,6 @@ UNDECIDED = HeadMatch(None)
 class Head:
     """A sequence of literal texts and slots. White space may stand between them, except where the text needs none."""
 
-    slot_patterns: Mapping[str, re.Pattern[str]] = {
-        NAME: re.compile(r"[a-zA-Z0-9_.-]{1,128}"),
-        ID: re.compile(r"[a-zA-Z0-9_.:-]{1,128}"),
-        INDEX: re.compile(r"[0-9]{1,9}"),
-        KEY: re.compile(r"""[^<>"'=:,(){}\s/][^<>"\n=]{0,127}"""),
-    }
-
     def __init__(self, text: str) -> None:
         self._parts = split_text(text)
 
@@ -59,23 +58,16 @@ class Head:
             position += len(text[position:]) - len(text[position:].lstrip())
             rest = text[position:]
             if SLOTS.match(part):
-                slot = self._slot(part, rest)
-                if slot is None or slot.end is None:
-                    return slot
-                slots |= slot.slots
-                position += slot.end
+                found = SLOT_PATTERNS[part].match(rest)
+                if found is None or found.end() == len(rest):
+                    return UNDECIDED if found or not rest else None
+                slots[part] = found[0].rstrip()
+                position += found.end()
             elif rest.startswith(part):
                 position += len(part)
             else:
                 return UNDECIDED if part.startswith(rest) else None
         return HeadMatch(position, slots)
-
-    def _slot(self, slot: str, text: str) -> HeadMatch | None:
-        """Match a slot at the beginning of a text."""
-        found = self.slot_patterns[slot].match(text)
-        if found is None:
-            return None if text else UNDECIDED
-        return UNDECIDED if found.end() == len(text) else HeadMatch(found.end(), {slot: found[0].rstrip()})
 
 
 class ArgumentsReader(Protocol):
