@@ -26,7 +26,6 @@ SWITCHES: Mapping[str, tuple[Any, Any]] = {
     "enable_thinking": (True, False),
     "thinking": (True, False),
     "reasoning": (True, False),
-    "thinking_mode": ("enabled", "disabled"),
     "reasoning_effort": ("high", "none"),
 }
 
