@@ -17,6 +17,8 @@ from types import FrameType, ModuleType
 PR_SET_PDEATHSIG = 1
 NO_MEMORY = ("failed to map segment", "Cannot allocate memory")  # errors of the dynamic linker
 
+Handler = signal.Handlers | Callable[[int, FrameType | None], None]
+
 
 def main() -> None:
     gc.disable()
@@ -55,9 +57,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 @contextmanager
-def handling(
-    signums: Sequence[int], handler: signal.Handlers | Callable[[int, FrameType | None], None]
-) -> Iterator[None]:
+def handling(signums: Sequence[int], handler: Handler) -> Iterator[None]:
     """Handle signals with `handler`, for example during a download."""
     previous = {signum: signal.signal(signum, handler) for signum in signums}
     try:
