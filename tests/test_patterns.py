@@ -41,7 +41,6 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
     ("server.parts.hub.names", 'rf"(?:^|[-.]){re.escape(tag.lower())}$"'): [r"(?:^|[-.])a\-a$"],
     ("server.settings.setting", "regex"): (),  # found by SETTING_TYPES
     ("server.text.parsers.markers", "_pattern"): [r"<\|end\|>|<\|", "(?!)"],
-    ("server.parts.tool_formats.tags", "_tag"): [r"<ns><(/?)([^<>/]+)>"],
     ("server.text.parsers.object_reader", "_header"): [
         rf'\{{\s*{_OTHER_MEMBERS}"(?:name|tool)"\s*:\s*"({_NAME})"\s*,\s*"(?:arguments)"\s*:\s*\{{'
     ],
@@ -53,7 +52,7 @@ MADE: Mapping[tuple[str, str], Sequence[str]] = {
         _trie_pattern(("<|end|>", "<|endoftext|>", "aab", "aaa", "aa"))
     ],
     ("server.text.templates.chat_encoding", "_any_guard"): ["[ab]"],
-    ("server.parts.tool_formats.syntaxes", "_VALUES[kind]"): list(_VALUES.values()),
+    ("server.parts.tool_formats.syntaxes", "re.escape(key + found.after_key) + _VALUES[kind]"): [*_VALUES.values()],
     ("server.text.templates.tool_probe", "pattern[0]"): [r"(?<!\w)0(?!\w)"],
     ("server.text.templates.tool_probe", "pattern[1]"): [r"(?<!\w)1(?!\w)"],
 }
@@ -73,7 +72,7 @@ class Found(NamedTuple):
         """Yield why it may be slow. Raises NameError for a pattern that is made while the code runs."""
         names = vars(importlib.import_module(self.module))
         key = self.module, self.name
-        patterns = MADE[key] if key in MADE else [eval(self.source, names)]
+        patterns = MADE[key] if key in MADE else [eval(f"({self.source})", names)]
         for pattern, mode in product(patterns, self.modes):
             for why in why_not_linear(pattern, eval(self.flags, names), mode=mode):
                 yield f"{self.module}:{self.line}: {mode} of {pattern!r}: {why}"

@@ -48,8 +48,8 @@ SOURCES = ("folder", "gguf")
 OTHER_SEEDS = {1: "torch", 2: "default"}  # seed of sizes and weights -> kernels
 # Rows whose heads have sizes that the C++ kernels do not support: plain torch runs them.
 NOT_IN_CPP = {"llama_odd", "qwen3_odd"}
-IN_TRITON = ("llama3", "qwen3", "qwen3_moe", "gemma3_text", "gemma4_e2b", "gpt_oss", "phi4_mini", "deepseek_v2_lite")
-IN_TRITON += ("qwen3_5", "lfm2")
+IN_TRITON = {"llama3", "qwen3", "qwen3_moe", "gemma3_text", "gemma4_e2b", "gpt_oss", "phi4_mini", "deepseek_v2_lite"}
+IN_TRITON |= {"qwen3_5", "lfm2"}
 
 
 class Reference(NamedTuple):
